@@ -7,10 +7,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 
 from delta_selectivity.probing import uncertainty
 from delta_selectivity.probing.backends.torch_lbfgs import TorchLbfgs
@@ -54,12 +56,17 @@ def test_the_quick_mode_passes():
         assert plant in done.stdout, plant
 
 
+def rates(setting: coverage.Setting, repeats: int, seed: int, workers: int = 1) -> coverage.Rates:
+    (found,) = coverage.measure_settings([setting], repeats, seed, workers)
+    return found
+
+
 def failed(rows: list[table.Row]) -> set[str]:
     return {f"{row.plant}: {row.figure}" for row in table.failures(rows)}
 
 
 def test_a_right_metric_passes_in_a_small_setting():
-    assert failed(coverage.measure_setting(SMALL, 40, seed=1).rows()) == set()
+    assert failed(rates(SMALL, 40, seed=1).rows()) == set()
 
 
 def test_too_narrow_intervals_fail(monkeypatch):
@@ -70,7 +77,7 @@ def test_too_narrow_intervals_fail(monkeypatch):
         return (self.value + low) / 2, (self.value + high) / 2
 
     monkeypatch.setattr(uncertainty.Estimate, "interval", half)
-    assert failed(coverage.measure_setting(SMALL, 40, seed=1).rows()) == {"known truth: 95 % intervals that cover it"}
+    assert failed(rates(SMALL, 40, seed=1).rows()) == {"known truth: 95 % intervals that cover it"}
 
 
 def test_people_in_training_and_test_fail(monkeypatch):
@@ -80,9 +87,9 @@ def test_people_in_training_and_test_fail(monkeypatch):
         plan = build(labels, np.arange(len(groups)), weights, n_folds, n_repeats, seed)
         return replace(plan, groups=np.asarray(groups))
 
-    assert "null labels: mean sel" not in failed(coverage.measure_setting(CROWDED, 20, seed=0).rows())
+    assert "null labels: mean sel" not in failed(rates(CROWDED, 20, seed=0).rows())
     monkeypatch.setattr(coverage.FoldPlan, "build", by_row)
-    assert "null labels: mean sel" in failed(coverage.measure_setting(CROWDED, 20, seed=0).rows())
+    assert "null labels: mean sel" in failed(rates(CROWDED, 20, seed=0).rows())
 
 
 def test_probing_latents_instead_of_the_reconstruction_fails(monkeypatch):
@@ -149,12 +156,12 @@ def test_a_persons_rows_share_their_noise():
 
 
 def test_repeats_do_not_depend_on_the_number_of_processes():
-    assert coverage.measure_setting(SMALL, 6, 3, workers=1) == coverage.measure_setting(SMALL, 6, 3, workers=2)
+    assert rates(SMALL, 6, 3, workers=1) == rates(SMALL, 6, 3, workers=2)
 
 
 def test_fewer_repeats_widen_the_required_range():
-    rates = coverage.measure_setting(SMALL, 4, 0)
-    required = {n: replace(rates, repeats=n).rows()[1].required for n in (60, 500, 2000)}
+    found = rates(SMALL, 4, 0)
+    required = {n: replace(found, repeats=n).rows()[1].required for n in (60, 500, 2000)}
     assert required[500] == required[2000] == "0.93 to 0.985"
     assert required[60] != required[500]
 
@@ -193,3 +200,13 @@ def test_rows_of_some_settings_replace_those_of_the_document(tmp_path):
     text = path.read_text("utf-8")
     assert table.read(text) == [other, new]
     assert "**2 of 2 required figures are met.**" in text
+
+
+@pytest.mark.parametrize(("only_model", "only_sae"), [(0, 0), (4, 4), (3, 9), (40, 21)])
+def test_mcnemars_test_equals_scipys_binomial_test(monkeypatch, only_model, only_sae):
+    right = np.repeat([[1, 0], [0, 1], [1, 1], [0, 0]], [only_model, only_sae, 5, 7], axis=0).astype(bool)
+    of_view = {"model": [right[:, 0]], "sae": [right[:, 1]]}
+    monkeypatch.setattr(coverage, "correct", lambda scores, view: of_view[view])
+    n = only_model + only_sae
+    expected = binomtest(only_sae, n).pvalue if n else 1
+    assert coverage.mcnemar(SimpleNamespace(probe=lambda index: None)) == pytest.approx(expected)

@@ -1,7 +1,7 @@
 """Do the intervals cover the truth, and does the test find differences where there are none?
 
-    rates = measure_setting(SETTINGS[0], repeats=500, seed=0, workers=2)
-    rates.covered, rates.false_positives_equal
+    for rates in measure_settings(SETTINGS, repeats=500, seed=0, workers=2):
+        rates.covered, rates.false_positives_equal
 
 Every repeat draws new people from a `GaussianWorld`, and three views of them: the model's, a `worse` one with more
 noise, and an `equal` one with as much, drawn anew. Another label is random by person, with folds of its own:
@@ -18,7 +18,7 @@ difference of their own repeat's probes, which is what to expect of these probes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -27,7 +27,7 @@ from multiprocessing import get_context
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import binomtest
+from scipy.special import bdtr
 
 from delta_selectivity.probing.backends.problem import Path
 from delta_selectivity.probing.folds import FoldPlan, Skipped
@@ -181,16 +181,12 @@ class KeepsFits:
         return self.last
 
 
-def measure_setting(
-    setting: Setting, repeats: int, seed: int, workers: int = 1, on_repeats: Callable[[int], None] = lambda n: None
-) -> Rates:
-    """Draw and measure `repeats` times; the result does not depend on the number of `workers` (processes)."""
+def measure_settings(settings: Sequence[Setting], repeats: int, seed: int, workers: int = 1) -> Iterator[Rates]:
+    """Draw and measure each setting `repeats` times; rates do not depend on the number of `workers` (processes)."""
     with _mapping(workers) as mapped:
-        found = []
-        for repeat in mapped(_numbered, [(setting, seed, number) for number in range(repeats)]):
-            found.append(repeat)
-            on_repeats(1)
-    return summarise(setting, found)
+        for setting in settings:
+            tasks = [(setting, seed, number) for number in range(repeats)]
+            yield summarise(setting, list(mapped(_numbered, tasks)))
 
 
 def measure_once(setting: Setting, seed: int, number: int) -> Repeat:
@@ -270,7 +266,8 @@ def mcnemar(found: OutOfFold) -> float:
     scores = found.probe(0)
     model, sae = (correct(scores, view)[0] > 0 for view in ("model", "sae"))
     only_model, only_sae = int((model & ~sae).sum()), int((sae & ~model).sum())
-    return float(binomtest(only_sae, only_model + only_sae).pvalue) if only_model + only_sae else 1.0
+    n, fewer = only_model + only_sae, min(only_model, only_sae)
+    return min(1.0, 2 * float(bdtr(fewer, n, 0.5)))
 
 
 def _true_model_sel(world: GaussianWorld, model: ModelFit, noise: float) -> float:

@@ -67,9 +67,9 @@ def _parts(scale: Scale, workers: int, seed: int) -> Iterator[tuple[str, Callabl
         yield "synthetic world", functools.partial(on_synthetic, backend, seed)
         yield "sparse world", functools.partial(on_sparse, backend, seed)
         yield "bundled model", functools.partial(on_bundled, scale, backend, seed)
+    rates = coverage.measure_settings(scale.settings, scale.repeats, seed, workers)
     for setting in scale.settings:
-        measure = functools.partial(coverage.measure_setting, setting, scale.repeats, seed, workers)
-        yield setting.name, lambda measure=measure: measure().rows()  # type: ignore[misc]
+        yield setting.name, lambda: next(rates).rows()
 
 
 def on_synthetic(backend: ProbeBackend, seed: int) -> list[Row]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import norm
+from scipy.special import ndtr
 from torch import Tensor
 
 from delta_selectivity.saes import LinearCoder, Sae, Threshold
@@ -90,7 +90,7 @@ class GaussianWorld:
         """
         along = coef @ (self.means[0] @ self.mixing)
         spread = np.sqrt((1 + noise) * (coef**2).sum(axis=-1))
-        return np.asarray(norm.cdf((along + intercept) / spread) + norm.cdf((along - intercept) / spread)) / 2
+        return np.asarray(ndtr((along + intercept) / spread) + ndtr((along - intercept) / spread)) / 2
 
 
 @dataclass(frozen=True)
