@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 
@@ -172,6 +173,21 @@ def test_few_long_texts_are_read_or_many_short_ones(info):
     assert sum(few[:-1]) < preflight.READ_TOKENS <= sum(few)
     short = replace(texts, ids=tuple(ids[:4] for ids in texts.ids))
     assert len(preflight._draw(short, seed=0)) == preflight.N_TEXTS
+
+
+def test_alternatives_are_evaluated_together_and_only_as_far_as_needed(check, saes):
+    sae, other = saes["tiny-pythia-saes-k8", 2], saes["tiny-pythia-saes-k32", 2]
+    uses = [preflight._use_at(sae, Site(layer, "resid_post"), check.samples) for layer in LAYERS]
+    uses += [preflight._Use(other, factor * use.read, factor * use.x) for factor in (0.25, 1, 4) for use in uses[1:3]]
+    plain = []
+    for each, read, x in uses:
+        errors = (x - each.decode(each.encode(read), read)).double().square().sum()
+        plain.append(float(errors / (x - x.double().mean(dim=0)).square().sum()))
+    assert preflight._fvus(uses) == pytest.approx(plain, rel=1e-5)
+    most = sorted(plain)[4] * 1.001
+    expected = [fvu if fvu <= most else math.inf for fvu in plain]
+    assert preflight._fvus(uses, most) == pytest.approx(expected, rel=1e-5)
+    assert math.inf in expected
 
 
 def test_attention_sinks_do_not_decide_which_texts_fit(check):

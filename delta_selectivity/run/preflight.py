@@ -13,11 +13,13 @@ hundred times the usual norm would dominate the variance, and they differ from t
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +57,8 @@ L0_FACTOR = 2
 """Warn if the mean L0 differs from the config's by more than this."""
 SAME_FVU = 1.02
 """Normalisations whose FVUs differ by less than this factor are reported together."""
+MIN_ROWS = 128
+"""Least tokens of each alternative that are evaluated before those that are already too bad are dropped."""
 BOS_ERROR = 3.0
 """BOS has the same vector in every text, so an SAE trained on it reconstructs it well. If its squared error there is
 more than this many times that of an ordinary token, the SAE was trained without BOS."""
@@ -98,7 +102,7 @@ class Fit:
     l0: float  # mean latents per token
     promised_l0: float | None  # from its config, if given
     norm: float  # mean Euclidean norm of its input
-    alternatives: tuple[Alternative, ...]  # best first; empty if it fits as configured
+    alternatives: tuple[Alternative, ...]  # those that may fit better, best first
 
     @property
     def best(self) -> Alternative | None:
@@ -196,18 +200,23 @@ class Preflight:
         fvu = _fvu(x, sae.decode(codes, read))
         found: list[Alternative] = []
         if fvu > GOOD_FVU:
-            found += _at_other_sites(sae, site, self.samples, fvu)
-            found += _with_other_settings(sae, read, x, fvu)
-            found += _with_other_bos(sae, site, self, fvu)
+            most = SAME_FVU * min(WARN_RATIO * fvu, MAX_FVU)
+            ways = [*_at_other_sites(sae, site, self.samples), *_with_other_scales(sae, read, x)]
+            ways += [*_transposed(sae, read, x), *_with_other_bos(sae, site, self)]
+            fvus = _fvus([way.use for way in ways], most)
+            found += (Alternative(way.what, way.fix, way_fvu, fvu) for way, way_fvu in zip(ways, fvus, strict=True))
+            found += _with_another_norm(sae, read, x, fvu, most)
         if counts_bos:
             found += _without_bos(sae, site, self.samples)
         l0, norm = float(codes.l0().mean()), float(read.norm(dim=1).mean())
+        found = [alternative for alternative in found if alternative.fvu < math.inf]
         best_first = tuple(sorted(found, key=lambda alternative: alternative.ratio))
         return Fit(sae.name, site, len(x), fvu, l0, sae.promised_l0, norm, best_first)
 
     def fvu(self, sae: Sae, site: Site) -> float | None:
         """Return an SAE's FVU at any site, without BOS; None if the widths differ or the site was not sampled."""
-        return _fvu_at(sae, site, self.samples)
+        use = _use_at(sae, site, self.samples)
+        return None if use is None else _fvus([use])[0]
 
 
 def _draw(tokenised: TokenisedMentions, seed: int) -> npt.NDArray[np.int64]:
@@ -226,18 +235,34 @@ def _same_tokens(drawn: Tokens, texts: TokenisedMentions, other: TokenisedMentio
     return Tokens(drawn.text[there], place[there])
 
 
-def _fvu_at(sae: Sae, site: Site, samples: Mapping[Site, SiteSample]) -> float | None:
+class _Use(NamedTuple):
+    """An SAE and tokens to evaluate it on, on its device."""
+
+    sae: Sae
+    read: Tensor  # [tokens, d_in], its input
+    x: Tensor  # [tokens, d_out], what it is to reconstruct
+
+
+class _Way(NamedTuple):
+    """An alternative that is not evaluated yet."""
+
+    what: str
+    fix: str
+    use: _Use
+
+
+def _use_at(sae: Sae, site: Site, samples: Mapping[Site, SiteSample]) -> _Use | None:
+    """Return the SAE with a site's ordinary tokens; None if the site was not sampled or has another width."""
     read_at = site.read_by(sae.input_hookpoint)
     if not {site, read_at} <= samples.keys():
         return None
     if samples[read_at].x.shape[1] != sae.d_in or samples[site].x.shape[1] != sae.d_out:
         return None
-    read, x = _ordinary_tokens(sae, site, samples)
-    return _fvu(x, _reconstruct(sae, read))
+    return _Use(sae, *_ordinary_tokens(sae, site, samples))
 
 
-def _at_other_sites(sae: Sae, site: Site, samples: Mapping[Site, SiteSample], fvu: float) -> Iterator[Alternative]:
-    """Yield fits in other layers and at other hook points; for a transcoder, with other hook points of its input."""
+def _at_other_sites(sae: Sae, site: Site, samples: Mapping[Site, SiteSample]) -> Iterator[_Way]:
+    """Yield other layers and other hook points; for a transcoder, other hook points of its input."""
     for other in samples:
         if other.hookpoint == site.hookpoint and other != site:
             what, tried, at = f"layer {other.layer}", sae, other
@@ -247,48 +272,52 @@ def _at_other_sites(sae: Sae, site: Site, samples: Mapping[Site, SiteSample], fv
             tried = replace(sae, input_hookpoint=other.hookpoint) if transcodes else sae
         else:
             continue
-        found = _fvu_at(tried, at, samples)
-        if found is not None:
-            yield Alternative(f"at {what}", f"does it belong to {what}?", found, fvu)
+        use = _use_at(tried, at, samples)
+        if use is not None:
+            yield _Way(f"at {what}", f"does it belong to {what}?", use)
 
 
-def _with_other_settings(sae: Sae, read: Tensor, x: Tensor, fvu: float) -> Iterator[Alternative]:
-    """Yield fits with other settings at the same site: input norms, input scales, transposed weights."""
-    transcodes = sae.input_hookpoint is not None
-    by_norm = {
-        kind: _fvu(x, _reconstruct(replace(sae, input_norm=kind), read))
-        for kind in get_args(InputNorm)
-        if kind != sae.input_norm
-    }
-    best = min(by_norm.values())
-    equal = [kind for kind, found in by_norm.items() if found <= SAME_FVU * best]
+def _with_other_scales(sae: Sae, read: Tensor, x: Tensor) -> Iterator[_Way]:
+    """Yield other input scales at the same site."""
+    if sae.input_norm not in ("none", "centre") or sae.input_hookpoint is not None:
+        return
+    for scale in (*SCALES, sae.d_in**0.5 / float(read.norm(dim=1).mean())):
+        what = f"with inputs multiplied by {scale:.4g}"
+        fix = "its config should say normalize_activations: 'expected_average_only_in', with this scaling_factor"
+        yield _Way(what, fix, _Use(sae, read * scale, x * scale))  # the FVU of x, since both are scaled
+
+
+def _transposed(sae: Sae, read: Tensor, x: Tensor) -> Iterator[_Way]:
+    """Yield transposed weights at the same site, if they are square."""
+    if isinstance(sae.coder, LinearCoder) and sae.d_in == sae.d_sae and sae.input_hookpoint is None:
+        for name in ("W_dec", "W_enc"):
+            coder = replace(sae.coder, **{name: getattr(sae.coder, name).T.contiguous()})
+            yield _Way(f"with {name} transposed", f"store {name} transposed", _Use(replace(sae, coder=coder), read, x))
+
+
+def _with_other_bos(sae: Sae, site: Site, check: Preflight) -> Iterator[_Way]:
+    use = _use_at(sae, site, check.other_bos)
+    if use is None:
+        return
+    if bool(check.samples[site].bos.any()):
+        yield _Way("on texts without BOS", "set `bos` none", use)
+    else:
+        yield _Way("on texts that begin with BOS", "set `bos` excluded", use)
+
+
+def _with_another_norm(sae: Sae, read: Tensor, x: Tensor, fvu: float, most: float) -> Iterator[Alternative]:
+    """Yield the input normalisations that fit best at the same site, as one alternative."""
+    kinds = [kind for kind in get_args(InputNorm) if kind != sae.input_norm]
+    fvus = _fvus([_Use(replace(sae, input_norm=kind), read, x) for kind in kinds], most)
+    best = min(fvus)
+    equal = [kind for kind, found in zip(kinds, fvus, strict=True) if found <= SAME_FVU * best]
     simplest = [kind for kind in equal if "," not in kind] or equal  # without combinations, if possible
     entries = " or ".join(" and ".join(map(_config_entry, kind.split(", "))) for kind in simplest)
     yield Alternative("with another input normalisation", f"its config should say {entries}", best, fvu)
-    if sae.input_norm in ("none", "centre") and not transcodes:
-        for scale in (*SCALES, sae.d_in**0.5 / float(read.norm(dim=1).mean())):
-            what = f"with inputs multiplied by {scale:.4g}"
-            fix = "its config should say normalize_activations: 'expected_average_only_in', with this scaling_factor"
-            yield Alternative(what, fix, _fvu(x, _reconstruct(sae, read * scale) / scale), fvu)
-    if isinstance(sae.coder, LinearCoder) and sae.d_in == sae.d_sae and not transcodes:
-        for name in ("W_dec", "W_enc"):
-            transposed = replace(sae.coder, **{name: getattr(sae.coder, name).T.contiguous()})
-            what, fix = f"with {name} transposed", f"store {name} transposed"
-            yield Alternative(what, fix, _fvu(x, _reconstruct(replace(sae, coder=transposed), read)), fvu)
 
 
 def _config_entry(norm: str) -> str:
     return SETTINGS.get(norm, f"normalize_activations: {norm}")
-
-
-def _with_other_bos(sae: Sae, site: Site, check: Preflight, fvu: float) -> Iterator[Alternative]:
-    found = _fvu_at(sae, site, check.other_bos)
-    if found is None:
-        return
-    if bool(check.samples[site].bos.any()):
-        yield Alternative("on texts without BOS", "set `bos` none", found, fvu)
-    else:
-        yield Alternative("on texts that begin with BOS", "set `bos` excluded", found, fvu)
 
 
 def _without_bos(sae: Sae, site: Site, samples: Mapping[Site, SiteSample]) -> Iterator[Alternative]:
@@ -323,8 +352,40 @@ def _reconstruct(sae: Sae, read: Tensor) -> Tensor:
     return sae.decode(sae.encode(read), read)
 
 
+def _fvus(uses: Sequence[_Use], most: float = math.inf) -> list[float]:
+    """Return the FVU of each use; inf where it exceeds `most`, without reading all of its tokens if few show it.
+
+    Neighbours with the same SAE are encoded together.
+    """
+    found: list[float] = []
+    for _, same in itertools.groupby(uses, key=lambda use: id(use.sae)):
+        found += _fvus_of_one(list(same), most)
+    return found
+
+
+def _fvus_of_one(uses: Sequence[_Use], most: float) -> list[float]:
+    xs = [use.x.cpu().double() for use in uses]
+    deviations, errors = [_deviation(x) for x in xs], [0.0] * len(uses)
+    left, done = list(range(len(uses))), 0
+    while any(len(xs[i]) > done for i in left):
+        rows = slice(done, done + max(MIN_ROWS, N_TOKENS // len(left)))
+        reads = [uses[i].read[rows] for i in left]
+        recons = _reconstruct(uses[0].sae, torch.cat(reads)).split([len(read) for read in reads])
+        for i, recon in zip(left, recons, strict=True):
+            errors[i] += _error(xs[i][rows], recon)
+        left, done = [i for i in left if errors[i] <= most * deviations[i]], rows.stop
+    return [errors[i] / deviations[i] if i in left else math.inf for i in range(len(uses))]
+
+
 def _fvu(x: Tensor, recon: Tensor) -> float:
     """Return squared error over squared deviation from the mean; 0 if both are 0."""
-    x, recon = x.cpu().double(), recon.cpu().double()  # MPS lacks float64
-    error, total = (x - recon).square().sum(), (x - x.mean(dim=0)).square().sum()
-    return float(error / total.clamp(min=torch.finfo(torch.float64).tiny))
+    x = x.cpu().double()  # MPS lacks float64
+    return _error(x, recon) / _deviation(x)
+
+
+def _error(x: Tensor, recon: Tensor) -> float:
+    return float((x - recon.cpu().double()).square().sum())
+
+
+def _deviation(x: Tensor) -> float:
+    return max(float((x - x.mean(dim=0)).square().sum()), torch.finfo(torch.float64).tiny)
