@@ -59,6 +59,8 @@ SAME_FVU = 1.02
 """Normalisations whose FVUs differ by less than this factor are reported together."""
 MIN_ROWS = 128
 """Least tokens of each alternative that are evaluated before those that are already too bad are dropped."""
+TOGETHER = 8
+"""Alternatives that are evaluated together, so that memory does not grow with the layers of the model."""
 BOS_ERROR = 3.0
 """BOS has the same vector in every text, so an SAE trained on it reconstructs it well. If its squared error there is
 more than this many times that of an ordinary token, the SAE was trained without BOS."""
@@ -200,11 +202,16 @@ class Preflight:
         fvu = _fvu(x, sae.decode(codes, read))
         found: list[Alternative] = []
         if fvu > GOOD_FVU:
-            most = SAME_FVU * min(WARN_RATIO * fvu, MAX_FVU)
-            ways = [*_at_other_sites(sae, site, self.samples), *_with_other_scales(sae, read, x)]
-            ways += [*_transposed(sae, read, x), *_with_other_bos(sae, site, self)]
-            fvus = _fvus([way.use for way in ways], most)
-            found += (Alternative(way.what, way.fix, way_fvu, fvu) for way, way_fvu in zip(ways, fvus, strict=True))
+            most = SAME_FVU * min(WARN_RATIO * fvu, MAX_FVU)  # normalisations that fit as well as the best count too
+            ways = itertools.chain(
+                _at_other_sites(sae, site, self.samples),
+                _with_other_scales(sae, read, x),
+                _transposed(sae, read, x),
+                _with_other_bos(sae, site, self),
+            )
+            while some := list(itertools.islice(ways, TOGETHER)):
+                fvus = _fvus([way.use for way in some], most)
+                found += [Alternative(way.what, way.fix, tried, fvu) for way, tried in zip(some, fvus, strict=True)]
             found += _with_another_norm(sae, read, x, fvu, most)
         if counts_bos:
             found += _without_bos(sae, site, self.samples)
