@@ -7,12 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GPTNeoXConfig, GPTNeoXModel
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
-from delta_selectivity.models import fused_neox
-from delta_selectivity.models.fused_neox import LinearWithGelu, fuse, is_fused, reading, rotate, running
+from delta_selectivity.models import block_kernels, fused_neox
+from delta_selectivity.models.fused_neox import (
+    LinearWithGelu,
+    fuse,
+    is_fused,
+    layer_norms,
+    reading,
+    rotate,
+    running,
+)
 from delta_selectivity.models.language_model import Site, open_model
 from delta_selectivity.system import gemm
 
@@ -229,3 +237,45 @@ def test_rotation_equals_transformers():
     for found, expected in zip(rotate(qkv, cos, sin, d_head=8), rotated, strict=True):
         assert found.is_contiguous()
         torch.testing.assert_close(found, expected.bfloat16(), atol=0, rtol=2**-8, equal_nan=True)
+
+
+@pytest.mark.parametrize("d", [1, 5, 64, 257])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_layer_norms_are_those_of_float64_rounded_once(d, scale):
+    generator = torch.Generator().manual_seed(d)
+    x = (scale * (torch.randn(3, 7, d, generator=generator) + 5)).bfloat16()
+    layers = [nn.LayerNorm(d, eps=eps, dtype=torch.bfloat16) for eps in (1e-5, 1e-5)]
+    for parameter in (parameter for layer in layers for parameter in layer.parameters()):
+        nn.init.normal_(parameter, generator=generator)
+    with torch.inference_mode():
+        for found, layer in zip(layer_norms(x, *layers), layers, strict=True):
+            exact = layer.double()(x.double())
+            assert found.dtype == torch.bfloat16 and found.shape == x.shape and found.is_contiguous()
+            torch.testing.assert_close(found.double(), exact, atol=1e-5 * float(exact.abs().max()), rtol=2**-8)
+            layer.bfloat16()
+    assert layer_norms(x.transpose(0, 1), layers[0])[0].equal(layer_norms(x, layers[0])[0].transpose(0, 1))
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf, -torch.inf, 3e38])
+def test_layer_norms_of_a_row_that_is_not_finite_are_nan_there_alone(value):
+    x = torch.randn(4, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    clean, layer = x.clone(), nn.LayerNorm(16, dtype=torch.bfloat16)
+    x[2, 3] = value
+    with torch.inference_mode():
+        (found,), (expected,) = layer_norms(x, layer), layer_norms(clean, layer)
+        assert found.isnan().equal(layer(x).isnan())
+    others = [0, 1, 3]
+    assert found[others].equal(expected[others])
+
+
+def test_bits_of_bfloat16_are_those_of_torch():
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.uint16)
+    wide = torch.tensor([block_kernels.widened(bits) for bits in every.numpy()])
+    torch.testing.assert_close(wide, every.view(torch.bfloat16).float(), atol=0, rtol=0, equal_nan=True)
+    values = (
+        torch.randn(9999, generator=torch.Generator().manual_seed(0)) * 2.0 ** torch.arange(-66, 66).repeat(76)[:9999]
+    )
+    ties = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 3.4e38, -3.4e38, 1e-45, 0.0, -0.0])
+    values = torch.cat([values, ties, wide])
+    found = torch.tensor([block_kernels.rounded(value) for value in values.numpy()], dtype=torch.uint16)
+    torch.testing.assert_close(found.view(torch.bfloat16), values.bfloat16(), atol=0, rtol=0, equal_nan=True)

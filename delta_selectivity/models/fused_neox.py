@@ -1,9 +1,10 @@
 """GPT-NeoX blocks (Pythia) on a CPU that read and write memory less often, and compute only what is read.
 
 Transformers calls a function for each sum, each GELU and each part of the rotary embedding, and each call reads and
-writes whole tensors. Here one loop separates the heads and rotates queries and keys, and in bfloat16 oneDNN applies
-GELU, and adds to the residual stream, inside the matrix product before it, on float32 sums that are rounded once. In
-float32 the values are those of transformers, bit by bit. Timings: `python -m benchmarks.bench_kernels`.
+writes whole tensors. Here one loop separates the heads and rotates queries and keys. In bfloat16 one loop computes both
+layer norms of a token, and oneDNN applies GELU, and adds to the residual stream, inside the matrix product before it,
+on float32 sums that are rounded once. In float32 the values are those of transformers, bit by bit. Timings: `python -m
+benchmarks.bench_kernels`.
 
 No token needs another one's output of the last block, so that block has queries, an MLP and sums only for the tokens
 that are read:
@@ -30,8 +31,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
+from delta_selectivity.models.attention import attend_from
 from delta_selectivity.models.places import Tap
 from delta_selectivity.system.processor import has_fast_bfloat16
 
@@ -127,8 +128,8 @@ class TokenTable:
                 return
             padded = torch.from_numpy(np.concatenate([place, np.repeat(place[:1], -len(new) % FEW_ROWS)]))
             read, kept = x.index_select(0, padded), torch.from_numpy(new)
-            qkv = self._block.attention.query_key_value(self._block.input_layernorm(read))
-            mlp = _mlp(self._block, read, read)
+            both = layer_norms(read, self._block.input_layernorm, self._block.post_attention_layernorm)
+            qkv, mlp = self._block.attention.query_key_value(both[0]), _mlp(self._block, both[1], read)
             self.qkv.index_copy_(0, kept, qkv[: len(new)])
             self.mlp.index_copy_(0, kept, mlp[: len(new)])
             self._is_known[kept] = True
@@ -167,18 +168,38 @@ def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, d_head: int) -> tuple[Tensor, 
     Returns:
         Contiguous tensors of the same dtype ``[texts, heads, tokens, d_head]``.
     """
-    from delta_selectivity.models.rotary_kernel import rotate_heads  # lazily: loading compiled kernels is slow
+    from delta_selectivity.models.block_kernels import rotate_heads  # lazily: loading compiled kernels is slow
 
     n_texts, n_tokens, width = qkv.shape
     half = cos.shape[1] // 2
     query, key, value = qkv.new_empty(3, n_texts, width // (3 * d_head), n_tokens, d_head).unbind()
     numbers = torch.empty(2 * half, dtype=torch.float32)  # whatever the caller's default
     is_coarse = qkv.dtype == torch.bfloat16
-    given, *results = ((x.view(torch.uint16) if is_coarse else x).numpy() for x in (qkv, query, key, value))
+    given, *results = ((_bits(x) if is_coarse else x.numpy()) for x in (qkv, query, key, value))
     factors = (part[:, :half].float().numpy() for part in (cos, sin))
     bits = numbers.view(torch.uint32).numpy() if is_coarse else None
     rotate_heads(given, *factors, *results, numbers.numpy(), bits)
     return query, key, value
+
+
+def layer_norms(x: Tensor, *layers: nn.LayerNorm) -> tuple[Tensor, ...]:
+    """Return several layer norms of the same x `[..., d]`, each `[..., d]`; in bfloat16 by one loop."""
+    if x.dtype != torch.bfloat16:
+        return tuple(layer(x) for layer in layers)
+    from delta_selectivity.models.block_kernels import layer_norms as compiled_norms
+
+    weights, biases = (torch.stack([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+    results, row = x.new_empty(len(layers), *x.shape), np.empty(x.shape[-1], np.float32)
+    rows = x.contiguous().flatten(0, -2)
+    compiled_norms(
+        _bits(rows), np.float32(layers[0].eps), _bits(weights), _bits(biases), _bits(results.flatten(1, -2)), row
+    )
+    return results.unbind()
+
+
+def _bits(x: Tensor) -> np.ndarray:
+    """Return the bits of bfloat16 numbers, as the compiled loops take them."""
+    return x.detach().view(torch.uint16).numpy()
 
 
 def _is_on_cpu(block: nn.Module, dtype: torch.dtype) -> bool:
@@ -198,27 +219,28 @@ def _forward(block: Any, plain: Any, hidden_states: Tensor, *args: Any, **option
         return whole
     cos, sin = embeddings
     mask = options.get("attention_mask")
-    ids = None if block.table is None else _ids.get()
-    if ids is None or ids.shape != hidden_states.shape[:2]:
-        ids = None
-        qkv = attention.query_key_value(block.input_layernorm(hidden_states))
-    else:
-        ids = ids.flatten()
-        block.table.fill(ids, hidden_states.flatten(0, 1))
-        qkv = block.table.qkv.index_select(0, ids).unflatten(0, hidden_states.shape[:2])
-    query, key, value = rotate(qkv, cos[0], sin[0], attention.head_size)
-    x = hidden_states.flatten(0, 1)
+    x, shape = hidden_states.flatten(0, 1), hidden_states.shape
     read = _wanted_tokens(hidden_states) if block.is_last and mask is None else None
+    ids: Tensor | None = None if block.table is None else _ids.get()
+    normed: list[Tensor] = []
+    if ids is not None and ids.shape == shape[:2]:
+        ids = ids.flatten()
+        block.table.fill(ids, x)
+        qkv = block.table.qkv.index_select(0, ids)
+    else:
+        ids, norms = None, [block.input_layernorm]
+        if read is None and block.use_parallel_residual:
+            norms.append(block.post_attention_layernorm)
+        first, *normed = layer_norms(x, *norms)
+        qkv = attention.query_key_value(first)
+    query, key, value = rotate(qkv.unflatten(0, shape[:2]), cos[0], sin[0], attention.head_size)
     if read is None:
         found, _ = attend(attention, query, key, value, mask, scaling=attention.scaling)
         mlp = None if ids is None else block.table.mlp.index_select(0, ids)
-        return _add_attention_and_mlp(block, x, found.flatten(2).flatten(0, 1), mlp).view_as(hidden_states)
+        return _add_attention_and_mlp(block, x, found.flatten(2).flatten(0, 1), mlp, *normed).view_as(hidden_states)
     some = read.tokens[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-    past = torch.arange(key.shape[2]) <= read.tokens[..., None]
-    found = scaled_dot_product_attention(
-        query.gather(2, some), key, value, attn_mask=past[:, None], scale=attention.scaling
-    )
-    rows = found.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, read.rows)
+    found = attend_from(attention, query.gather(2, some), key, value, read.tokens, attention.scaling)
+    rows = found.flatten(2).flatten(0, 1).index_select(0, read.rows)
     mlp = None if ids is None else block.table.mlp.index_select(0, ids.index_select(0, read.place))
     values = _add_attention_and_mlp(block, x.index_select(0, read.place), rows, mlp)
     return torch.zeros_like(x).index_copy_(0, read.place, values).view_as(hidden_states)
@@ -247,27 +269,34 @@ def _wanted_tokens(x: Tensor) -> _Read | None:
     return _Read(tokens, rows, place.flatten().index_select(0, rows))
 
 
-def _add_attention_and_mlp(block: Any, x: Tensor, found: Tensor, mlp: Tensor | None) -> Tensor:
+def _add_attention_and_mlp(
+    block: Any, x: Tensor, found: Tensor, mlp: Tensor | None, normed: Tensor | None = None
+) -> Tensor:
     """Return the residual stream after the block for that before it.
 
-    found: the heads' outputs; mlp: `TokenTable.mlp`, None: to be computed; all `[tokens, d]`.
+    found: the heads' outputs; mlp: `TokenTable.mlp`, None: to be computed; normed: the MLP's input, None: the same;
+    all `[tokens, d]`.
     """
-    dense = block.attention.dense
+    dense, norm = block.attention.dense, block.post_attention_layernorm
     if x.dtype == torch.bfloat16:
         if mlp is not None:
             return linear_and_add(dense, found, mlp)
         after = linear_and_add(dense, found, x)
-        return _mlp(block, x if block.use_parallel_residual else after, after)
+        if normed is None:
+            (normed,) = layer_norms(x if block.use_parallel_residual else after, norm)
+        return _mlp(block, normed, after)
     after = dense(found)  # in memory of its own
     if block.use_parallel_residual:
-        return after.add_(_mlp(block, x, x) if mlp is None else mlp).add_(x)
+        if mlp is None:
+            mlp = _mlp(block, norm(x) if normed is None else normed, x)
+        return after.add_(mlp).add_(x)
     after.add_(x)
-    return _mlp(block, after, after).add_(after)
+    return _mlp(block, norm(after), after).add_(after)
 
 
-def _mlp(block: Any, x: Tensor, other: Tensor) -> Tensor:
-    """Return the MLP's output for the residual stream x, in bfloat16 plus `other`; all `[tokens, d]`."""
-    mlp, read = block.mlp, block.post_attention_layernorm(x)
-    if x.dtype == torch.bfloat16:
-        return linear_and_add(mlp.dense_4h_to_h, mlp.act(mlp.dense_h_to_4h(read)), other)
-    return mlp(read)
+def _mlp(block: Any, normed: Tensor, other: Tensor) -> Tensor:
+    """Return the MLP's output for its input, in bfloat16 plus `other`; all `[tokens, d]`."""
+    mlp = block.mlp
+    if normed.dtype == torch.bfloat16:
+        return linear_and_add(mlp.dense_4h_to_h, mlp.act(mlp.dense_h_to_4h(normed)), other)
+    return mlp(normed)
