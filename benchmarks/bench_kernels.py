@@ -74,7 +74,7 @@ def pairs(quick: bool) -> Iterator[Pair]:
     encoders = ((256, 512, 8), (256, 1024, 8), (256, 1024, 32), (512, 8192, 32), (768, 32768, 32), (768, 32768, 256))
     for d_in, d_sae, k in (encoders[:1] if quick else encoders) if bytes_are_fast else ():
         yield encoder(d_in, d_sae, k)
-    texts = ((4, 30), (4, 150), (4, 380), (12, 30), (12, 150), (12, 380))
+    texts = ((4, 30), (4, 150), (4, 380), (4, 760), (12, 30), (12, 150), (12, 380), (12, 760))
     for n_heads, n_tokens in (texts[:1] if quick else texts) if processor.has_fast_attention() else ():
         yield attention(n_heads, n_tokens)
     for d, n_tokens in ((64, 30),) if quick else ((256, 100), (256, 300), (512, 300), (768, 300)):

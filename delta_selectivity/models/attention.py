@@ -19,7 +19,7 @@ from delta_selectivity.system.processor import has_fast_attention
 
 NAME = "sdpa_or_products"
 """Name of this implementation in transformers' registry of attention functions."""
-MAX_TOKENS = 384
+MAX_TOKENS = 768
 """Maximum number of tokens for which matrix products are faster."""
 CHUNK = 2**20
 """Scores computed at a time: few calls for short texts, and little memory for many heads (2 MB)."""

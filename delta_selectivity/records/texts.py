@@ -89,7 +89,7 @@ def to_bytes(kept: KeptTexts) -> bytes:
         "rows": {name: rows.tolist() for name, rows in kept.rows.items()},
     }
     content["sha256"] = digest(content)
-    return gzip.compress(json.dumps(content).encode(), compresslevel=6, mtime=0)
+    return gzip.compress(json.dumps(content).encode(), compresslevel=4, mtime=0)
 
 
 def keep(result_file: Path, content: bytes | None) -> None:
