@@ -179,16 +179,37 @@ def test_an_invalid_latent_is_an_error(latent: int) -> None:
         ReconstructionSums.empty(D_IN, D_SAE, "cpu").whole[ALL].add(x, recon, codes, facts(x, torch.arange(ROWS)), ROWS)
 
 
-def test_firing_latents_are_recorded_on_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("chosen", [None, torch.arange(ROWS) % 4 != 1])
+def test_firing_latents_are_recorded_on_every_device(chosen: Tensor | None, monkeypatch: pytest.MonkeyPatch) -> None:
     codes, number = make_codes(ROWS), torch.arange(ROWS) * 2**32
     here, there = torch.zeros(2, 2, D_SAE, dtype=torch.int64)
-    _add_fired(number, codes, here)
+    _add_fired(number, codes, here, chosen)
     dense = torch.zeros(ROWS, D_SAE).scatter_add_(1, codes.col.view(ROWS, -1), codes.value.view(ROWS, -1))
-    assert torch.equal(here, torch.stack([(dense != 0).sum(0), ((dense != 0) * number[:, None]).sum(0)]))
+    counted = (dense != 0) & (torch.tensor(True) if chosen is None else chosen[:, None])
+    assert torch.equal(here, torch.stack([counted.sum(0), (counted * number[:, None]).sum(0)]))
     monkeypatch.setattr(torch.Tensor, "device", torch.device("meta"))  # only its type is checked
-    _add_fired(number, codes, there)
+    _add_fired(number, codes, there, chosen)
     monkeypatch.undo()
     assert torch.equal(here, there)
+
+
+@pytest.mark.parametrize("has_outliers", [False, True])
+def test_chosen_tokens_give_the_sums_of_these_tokens_alone(has_outliers: bool) -> None:
+    x, recon = make_rows(1e3)
+    codes, every, chosen = make_codes(ROWS), torch.arange(ROWS), torch.arange(ROWS) % 4 != 1
+    outlying = every % 50 == 7 if has_outliers else None
+    all_facts = facts(x, every, outlying)
+    rows = every[chosen]
+    of_some = all_facts._replace(
+        number=rows, distance=all_facts.distance[rows], outlying=None if outlying is None else outlying[rows]
+    )
+    found, expected = (ReconstructionSums.empty(D_IN, D_SAE, "cpu") for _ in range(2))
+    errors = found.whole[ALL].add(x, recon, codes, all_facts, 2 * ROWS, chosen)
+    of_rows = expected.whole[ALL].add(x[rows], recon[rows], codes.select(rows), of_some, 2 * ROWS)
+    assert torch.equal(errors[chosen], of_rows) and not errors[~chosen].any()
+    for sums in (found, expected):
+        sums.probed.add(x, recon, codes)
+    assert asdict(found.figures()) == pytest.approx(asdict(expected.figures()), rel=1e-12)
 
 
 def test_outliers_are_excluded_from_fvu_ordinary_and_counted() -> None:

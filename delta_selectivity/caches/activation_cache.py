@@ -197,11 +197,18 @@ class CachedModel:
         found = []
         for _, same in groupby(parts, key=lambda part: id(part.x)):
             of_tensor = list(same)
-            index = torch.from_numpy(np.concatenate([part.rows for part in of_tensor]))
-            x = of_tensor[0].x
-            found.append(x.index_select(0, index.to(x.device)))
-        on_one_device = found if len({part.device for part in found}) == 1 else [part.cpu() for part in found]
-        return torch.cat(on_one_device).to(self.device, non_blocking=True)
+            found.append(_select(of_tensor[0].x, np.concatenate([part.rows for part in of_tensor])))
+        if len(found) > 1:
+            on_one_device = len({part.device for part in found}) == 1
+            found = [torch.cat(found if on_one_device else [part.cpu() for part in found])]
+        return found[0].to(self.device, non_blocking=True)
+
+
+def _select(x: Tensor, rows: NDArray[np.int64]) -> Tensor:
+    """Return rows of x; a view, which copies nothing, if they follow each other."""
+    if len(rows) and np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
+        return x[int(rows[0]) : int(rows[0]) + len(rows)]
+    return x.index_select(0, torch.from_numpy(rows).to(x.device))
 
 
 def _index(shard: Mapping[str, Tensor], place: _Location, tokens: NDArray[np.int64]) -> NDArray[np.int64] | None:

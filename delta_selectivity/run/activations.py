@@ -253,12 +253,9 @@ class Producer:
         latents = sae.encode(read)
         recon, latents = sae.decode(latents, read).to(self._sums_device), latents.to(self._sums_device)
         sums, errors = self._no_sums(sae, encoded.whole), None
-        for limit, rows in encoded.whole.items():
-            if rows is None:
-                errors = sums.whole[limit].add(x, recon, latents, facts, encoded.n_counted)
-            else:
-                some = (x.index_select(0, rows), recon.index_select(0, rows), latents.select(rows), facts.select(rows))
-                sums.whole[limit].add(*some, encoded.n_counted)
+        for limit, chosen in encoded.whole.items():
+            of_limit = sums.whole[limit].add(x, recon, latents, facts, encoded.n_counted, chosen)
+            errors = of_limit if chosen is None else errors
         broken = _first_broken(recon.sum(dim=1) if errors is None else errors, mention)
         recon, latents = recon.index_select(0, encoded.probed), latents.select(encoded.probed)
         sums.probed.add(probed, recon, latents)

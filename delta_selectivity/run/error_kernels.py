@@ -84,11 +84,17 @@ def merge(
 
 @compiled()
 def add_fired(
-    number: NDArray[np.int64], crow: NDArray[np.int64], col: Latents, value: Floats, fired: NDArray[np.int64]
+    rows: NDArray[np.int64],
+    number: NDArray[np.int64],
+    crow: NDArray[np.int64],
+    col: Latents,
+    value: Floats,
+    fired: NDArray[np.int64],
 ) -> None:
     """Add the rows in which a latent is not zero to its count and to its sum of row numbers.
 
     Args:
+        rows: Indices of the rows to add.
         number: A unique number for each row ``[n]``.
         crow: The start of each row's latents, and the end of the last ``[n + 1]``.
         col: Latent indices ``[nnz]``.
@@ -98,7 +104,7 @@ def add_fired(
     Raises:
         IndexError: A latent index is out of range.
     """
-    for r in range(len(number)):
+    for r in rows:
         for q in range(crow[r], crow[r + 1]):
             if not 0 <= col[q] < fired.shape[1]:
                 raise IndexError("a code has a latent index outside d_sae")

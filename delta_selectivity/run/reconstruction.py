@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from delta_selectivity.probing.selectivity import OUTLIER
@@ -77,11 +78,6 @@ class TokenFacts(NamedTuple):
         outlying = torch.linalg.vector_norm(x, dim=1) > scale.norm_limit
         has_none = x.device.type == "cpu" and not bool(outlying.any())
         return cls(number, distance, None if has_none else outlying)
-
-    def select(self, rows: Tensor) -> TokenFacts:
-        """Return the facts of some of the tokens, int64 ``[n]``."""
-        outlying = None if self.outlying is None else self.outlying.index_select(0, rows)
-        return TokenFacts(self.number.index_select(0, rows), self.distance.index_select(0, rows), outlying)
 
 
 @dataclass(frozen=True)
@@ -212,21 +208,32 @@ class WholeSums:
         errors, none = _ErrorSums.empty(d, device), torch.zeros(2, d_sae, dtype=torch.int64, device=device)
         return cls(errors, errors, _zeros(4, device=device), none, 0)
 
-    def add(self, x: Tensor, recon: Tensor, latents: Latents, tokens: TokenFacts, n_counted: int) -> Tensor:
-        """Add x and recon ``[tokens, d]`` with their latents, drawn from ``n_counted`` tokens.
+    def add(
+        self,
+        x: Tensor,
+        recon: Tensor,
+        latents: Latents,
+        tokens: TokenFacts,
+        n_counted: int,
+        chosen: Tensor | None = None,
+    ) -> Tensor:
+        """Add x and recon ``[tokens, d]`` and their latents, or the chosen ones alone, of ``n_counted`` counted tokens.
 
-        Returns the squared error of each token, float32 ``[tokens]``, which is not finite if x or recon is not.
+        chosen: bool ``[tokens]``; None: all. Returns the squared error of each token, float32 ``[tokens]``: 0 for those
+        that were not chosen, otherwise not finite if x or recon is not.
         """
-        if tokens.outlying is None:
-            new, errors = _ErrorSums.of(x, recon)
-        else:
-            new, errors = _ErrorSums.of(x, recon, tokens.outlying.logical_not())
-            far, far_errors = _ErrorSums.of(x, recon, tokens.outlying)
-            self.outliers, errors = self.outliers.merge(far), errors + far_errors
+        far = tokens.outlying if chosen is None or tokens.outlying is None else tokens.outlying & chosen
+        near = chosen if far is None else far.logical_not() if chosen is None else chosen & far.logical_not()
+        new, errors = _ErrorSums.of(x, recon, near)
         self.ordinary = self.ordinary.merge(new)
+        if far is not None:
+            outliers, far_errors = _ErrorSums.of(x, recon, far)
+            self.outliers, errors = self.outliers.merge(outliers), errors + far_errors
         e, s = errors.double(), tokens.distance.double()
+        if chosen is not None:
+            s = torch.where(chosen, s, 0)
         self.products = self.products + torch.stack([s.sum(), e @ e, e @ s, s @ s])
-        _add_fired(tokens.number, latents, self.fired)
+        _add_fired(tokens.number, latents, self.fired, chosen)
         self.n_all += n_counted
         return errors
 
@@ -318,9 +325,14 @@ def _compare_on_cpu(x: Tensor, recon: Tensor, chosen: Tensor | None) -> tuple[Te
     """Return the number of rows and the results of `error_kernels.compare`."""
     from delta_selectivity.run.error_kernels import compare  # imported here: Numba is slow to load
 
-    rows = np.arange(len(x)) if chosen is None else chosen.numpy().nonzero()[0]
+    rows = _rows(len(x), chosen)
     found = compare(x.contiguous().numpy(), recon.contiguous().numpy(), rows)
     return (torch.tensor(float(len(rows)), dtype=torch.float64), *map(torch.from_numpy, found))
+
+
+def _rows(n: int, chosen: Tensor | None) -> NDArray[np.int64]:
+    """Return the indices of the chosen ones of n rows, of all for None."""
+    return np.arange(n) if chosen is None else chosen.numpy().nonzero()[0]
 
 
 def _merge(ours: _ErrorSums, theirs: _ErrorSums) -> tuple[Tensor, Tensor]:
@@ -340,16 +352,19 @@ def _merge_on_cpu(ours: _ErrorSums, theirs: _ErrorSums) -> tuple[Tensor, Tensor]
     return mean, sums
 
 
-def _add_fired(number: Tensor, latents: Latents, fired: Tensor) -> None:
-    """Add tokens to the counts and sums of the latents that fired on them."""
+def _add_fired(number: Tensor, latents: Latents, fired: Tensor, chosen: Tensor | None) -> None:
+    """Add tokens, or the chosen ones alone, to the counts and sums of the latents that fired on them."""
     if fired.device.type == "cpu":
         from delta_selectivity.run.error_kernels import add_fired
 
         given = (number, latents.crow, latents.col, latents.value)
-        add_fired(*(part.contiguous().numpy() for part in given), fired.numpy())
+        add_fired(_rows(len(number), chosen), *(part.contiguous().numpy() for part in given), fired.numpy())
         return
-    of_entry = number.repeat_interleave(latents.crow.diff(), output_size=len(latents.col))
+    counts, size = latents.crow.diff(), len(latents.col)
     fires = (latents.value != 0).long()
+    if chosen is not None:
+        fires *= chosen.repeat_interleave(counts, output_size=size)
+    of_entry = number.repeat_interleave(counts, output_size=size)
     fired.index_add_(1, latents.col, torch.stack([fires, fires * of_entry]))
 
 

@@ -27,9 +27,7 @@ class Encoded:
 
     rows: Tensor | None  # int64 [encoded], their indices among the needed tokens; None: all of them
     probed: Tensor  # int64 [probed], indices of the name tokens among the encoded ones
-    whole: Mapping[
-        int, Tensor | None
-    ]  # limit -> int64, indices of the sample among the encoded ones; None: all of them
+    whole: Mapping[int, Tensor | None]  # limit -> bool [encoded], whether a token is in the sample; None: all are
     n_counted: int  # tokens from which the samples are drawn
 
 
@@ -137,7 +135,7 @@ def _encoded(taken: Mapping[int, Tensor], probed: Tensor, n_counted: int) -> Enc
     encoded = torch.stack([*taken.values()]).any(dim=0)
     encoded[probed] = True
     place = encoded.cumsum(0) - 1
-    whole = {limit: None if bool((some == encoded).all()) else place[some] for limit, some in taken.items()}
+    whole = {limit: None if bool((some == encoded).all()) else some[encoded] for limit, some in taken.items()}
     rows = None if bool(encoded.all()) else encoded.nonzero()[:, 0]
     return Encoded(rows, place[probed], whole, n_counted)
 
