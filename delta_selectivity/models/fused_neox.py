@@ -183,7 +183,7 @@ def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, d_head: int) -> tuple[Tensor, 
 
 
 def layer_norms(x: Tensor, *layers: nn.LayerNorm) -> tuple[Tensor, ...]:
-    """Return several layer norms of the same x `[..., d]`, each `[..., d]`; in bfloat16 by one loop."""
+    """Return layer norms with the same eps of x `[..., d]`, each `[..., d]`; in bfloat16 by one loop."""
     if x.dtype != torch.bfloat16:
         return tuple(layer(x) for layer in layers)
     from delta_selectivity.models.block_kernels import layer_norms as compiled_norms
