@@ -48,23 +48,6 @@ def test_heads_are_those_of_float64_to_the_rounding_of_bfloat16(n_texts, n_token
     assert float((found.double() - expected).norm() / expected.norm()) < 0.008  # the rounding error of bfloat16: 0.002
 
 
-@pytest.mark.parametrize("implementation", [attention.NAME, "sdpa"])
-@pytest.mark.parametrize(("n_tokens", "n_queries"), [(1, 1), (30, 4), (attention.MAX_TOKENS, 50)])
-@pytest.mark.parametrize("scaling", [None, 0.5])
-def test_heads_of_some_tokens_are_those_among_all(implementation, n_tokens, n_queries, scaling):
-    query, key, value = heads(3, n_tokens)
-    generator = torch.Generator().manual_seed(n_queries)
-    positions = torch.stack([torch.randperm(n_tokens, generator=generator)[:n_queries] for _ in range(3)])
-    module = SimpleNamespace(config=SimpleNamespace(_attn_implementation=implementation))
-    queries = torch.stack([of_text[:, place] for of_text, place in zip(query, positions, strict=True)])
-    found = attention.attend_from(module, queries, key, value, positions, scaling)
-    of_all = reference(query, key, value, scaling)
-    expected = torch.stack([of_text[place] for of_text, place in zip(of_all, positions, strict=True)])
-    assert found.dtype == torch.bfloat16 and found.shape == expected.shape
-    torch.testing.assert_close(found.double(), expected, atol=0.05, rtol=0.02)
-    assert float((found.double() - expected).norm() / expected.norm()) < 0.008
-
-
 def test_no_token_attends_to_a_later_one():
     query, key, value = heads(2, 20)
     found, _ = attention.attend(ATTENTION, query, key, value, None)

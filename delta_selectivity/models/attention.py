@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from delta_selectivity.system.processor import has_fast_attention
 
@@ -51,55 +50,27 @@ def attend(
 
     Cases that this implementation does not cover are passed to transformers' own function, with all options.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
-    n_tokens = query.shape[2]
+    from delta_selectivity.models.block_kernels import causal_softmax  # lazily: loading compiled kernels is slow
+
+    n_texts, n_heads, n_tokens, d_head = query.shape
     causal = attention_mask is None and options.get("is_causal") in (None, True) and getattr(module, "is_causal", True)
     plain = causal and options.get("position_bias") is None and not options.get("dropout")
     if not plain or n_tokens > MAX_TOKENS or key.shape[2] != n_tokens:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    return _by_products(query, key, value, torch.arange(n_tokens)[None].expand(len(query), -1), scaling), None
-
-
-def attend_from(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, positions: Tensor, scaling: float | None = None
-) -> Tensor:
-    """Return the heads' outputs for some tokens of each text ``[texts, queries, heads, d_head]``.
-
-    Args:
-        module: The model's attention, whose config says which implementation it uses.
-        query: ``[texts, heads, queries, d_head]``.
-        key: Of all tokens ``[texts, heads, tokens, d_head]``.
-        value: The same.
-        positions: The token of each query, int64 ``[texts, queries]``.
-        scaling: Factor of the scores; None: 1 / √d_head.
-    """
-    if module.config._attn_implementation == NAME and key.shape[2] <= MAX_TOKENS:
-        return _by_products(query, key, value, positions, scaling)
-    past = torch.arange(key.shape[2]) <= positions[..., None]
-    found = scaled_dot_product_attention(query, key, value, attn_mask=past[:, None], scale=scaling)
-    return found.transpose(1, 2)
-
-
-def _by_products(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, scaling: float | None) -> Tensor:
-    """Return the heads' outputs as `attend_from`, contiguous; key and value may have fewer heads than query."""
-    from transformers.integrations.sdpa_attention import repeat_kv
-
-    from delta_selectivity.models.block_kernels import causal_softmax  # lazily: loading compiled kernels is slow
-
-    n_texts, n_heads, n_queries, d_head = query.shape
-    n_tokens, groups = key.shape[2], n_heads // key.shape[1]
+    groups = n_heads // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     factor = np.float32(d_head**-0.5 if scaling is None else scaling)
-    found = query.new_empty(n_texts, n_queries, n_heads, value.shape[-1])
-    step = max(1, CHUNK // (n_heads * n_queries * n_tokens))
-    scores = query.new_empty(min(step, n_texts) * n_heads, n_queries, n_tokens)
-    places, values = positions.contiguous().numpy(), np.empty(n_tokens, np.float32)
+    found = query.new_empty(n_texts, n_tokens, n_heads, value.shape[-1])
+    step = max(1, CHUNK // (n_heads * n_tokens**2))
+    scores = query.new_empty(min(step, n_texts) * n_heads, n_tokens, n_tokens)
+    values = np.empty(n_tokens, np.float32)
     for first in range(0, n_texts, step):
         chunk = slice(first, first + step)
         products = scores[: len(query[chunk]) * n_heads]
         torch.bmm(query[chunk].flatten(0, 1), key[chunk].flatten(0, 1).transpose(1, 2), out=products)
-        causal_softmax(products.view(torch.uint16).numpy(), places[chunk], factor, values)
+        causal_softmax(products.view(torch.uint16).numpy(), factor, values)
         heads = torch.bmm(products, value[chunk].flatten(0, 1))
         found[chunk] = heads.unflatten(0, (-1, n_heads)).transpose(1, 2)
-    return found
+    return found, None

@@ -39,42 +39,34 @@ def rounded(value: np.float32) -> np.uint16:
 
 
 @compiled(fastmath={"nsz", "contract"})
-def causal_softmax(scores: Bits, positions: NDArray[np.int64], factor: np.float32, values: Floats) -> None:
-    """Replace scores by the softmax of factor x score over the tokens up to each query's own, and by 0 after it.
+def causal_softmax(scores: Bits, factor: np.float32, values: Floats) -> None:
+    """Replace scores `[n, tokens, tokens]` by the softmax of factor x score over the tokens up to each; 0 after it.
 
-    A row with NaN, or whose largest score is infinite, becomes NaN.
-
-    Args:
-        scores: ``[texts x heads, queries, tokens]``.
-        positions: the token of each query ``[texts, queries]``.
-        factor: of every score.
-        values: memory for ``[tokens]`` numbers.
+    values is memory for `[tokens]` numbers. A row with NaN, or whose largest score is infinite, becomes NaN.
     """
-    n, n_queries, n_tokens = scores.shape
-    heads = n // len(positions)
+    n, n_tokens, _ = scores.shape
     factor = factor * _LOG2_E
     for matrix in range(n):
-        text = matrix // heads
-        for query in range(n_queries):  # all zeros first: writing them next to the shares takes longer
-            for i in range(np.uint64(positions[text, query] + 1), np.uint64(n_tokens)):
-                scores[matrix, query, i] = 0
-        for query in range(n_queries):
-            seen = positions[text, query] + 1
-            largest = _largest(scores, matrix, query, seen)
+        for token in range(n_tokens):  # all zeros first: writing them next to the shares takes longer
+            for i in range(np.uint64(token + 1), np.uint64(n_tokens)):
+                scores[matrix, token, i] = 0
+        for token in range(n_tokens):
+            seen = token + 1
+            largest = _largest(scores, matrix, token, seen)
             for i in range(seen):
-                values[i] = _power_of_2((widened(scores[matrix, query, i]) - largest) * factor)
+                values[i] = _power_of_2((widened(scores[matrix, token, i]) - largest) * factor)
             share = np.float32(1) / _sum(values, seen)
             for i in range(seen):
-                scores[matrix, query, i] = rounded(values[i] * share)
+                scores[matrix, token, i] = rounded(values[i] * share)
 
 
 @compiled()
-def _largest(scores: Bits, matrix: int, query: int, n: int) -> np.float32:
-    """Return the largest of the first n scores of a query; of NaN, any."""
+def _largest(scores: Bits, matrix: int, token: int, n: int) -> np.float32:
+    """Return the largest of the first n scores of a token; of NaN, any."""
     # integers in the order of the numbers, because a loop that compares floats is not vectorised
     found = np.int32(-(2**31))
     for i in range(n):
-        bits = np.int32(_U32(scores[matrix, query, i]) << _U32(16))
+        bits = np.int32(_U32(scores[matrix, token, i]) << _U32(16))
         found = max(found, np.int32(bits ^ ((bits >> _SIGN) & _ALL_BUT_SIGN)))
     return np.int32(found ^ ((found >> _SIGN) & _ALL_BUT_SIGN)).view(np.float32)
 

@@ -31,8 +31,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
-from delta_selectivity.models.attention import attend_from
 from delta_selectivity.models.places import Tap
 from delta_selectivity.system.processor import has_fast_bfloat16
 
@@ -239,8 +239,11 @@ def _forward(block: Any, plain: Any, hidden_states: Tensor, *args: Any, **option
         mlp = None if ids is None else block.table.mlp.index_select(0, ids)
         return _add_attention_and_mlp(block, x, found.flatten(2).flatten(0, 1), mlp, *normed).view_as(hidden_states)
     some = read.tokens[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-    found = attend_from(attention, query.gather(2, some), key, value, read.tokens, attention.scaling)
-    rows = found.flatten(2).flatten(0, 1).index_select(0, read.rows)
+    past = torch.arange(key.shape[2]) <= read.tokens[..., None]
+    found = scaled_dot_product_attention(
+        query.gather(2, some), key, value, attn_mask=past[:, None], scale=attention.scaling
+    )
+    rows = found.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, read.rows)
     mlp = None if ids is None else block.table.mlp.index_select(0, ids.index_select(0, read.place))
     values = _add_attention_and_mlp(block, x.index_select(0, read.place), rows, mlp)
     return torch.zeros_like(x).index_copy_(0, read.place, values).view_as(hidden_states)
