@@ -222,8 +222,11 @@ class WholeSums:
         chosen: bool ``[tokens]``; None: all. Returns the squared error of each token, float32 ``[tokens]``: 0 for those
         that were not chosen, otherwise not finite if x or recon is not.
         """
-        far = tokens.outlying if chosen is None or tokens.outlying is None else tokens.outlying & chosen
-        near = chosen if far is None else far.logical_not() if chosen is None else chosen & far.logical_not()
+        near, far = chosen, tokens.outlying
+        if far is not None:
+            near = far.logical_not()
+            if chosen is not None:
+                near, far = near & chosen, far & chosen
         new, errors = _ErrorSums.of(x, recon, near)
         self.ordinary = self.ordinary.merge(new)
         if far is not None:
@@ -308,15 +311,16 @@ class _ErrorSums:
 
 def _compare(x: Tensor, recon: Tensor, chosen: Tensor | None) -> tuple[Tensor, ...]:
     """Compute `_compare_on_cpu` in torch: sums along rows in float32, over rows in float64, with no float64 copy."""
-    weight = x.new_ones(len(x)) if chosen is None else chosen.to(x.dtype)
-    n = weight.sum(dtype=torch.float64)
+    if chosen is None:
+        chosen = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    n = chosen.sum(dtype=torch.float64)
     divisor = n.clamp(min=1)
-    near_mean = (x * weight[:, None]).sum(dim=0) / divisor.float()
-    offsets = (x - near_mean) * weight[:, None]
+    near_mean = torch.where(chosen[:, None], x, 0).sum(dim=0) / divisor.float()
+    offsets = torch.where(chosen[:, None], x - near_mean, 0)
     rounding = offsets.sum(dim=0).double() / divisor
     squares = torch.linalg.vector_norm(offsets, dim=1).double().square()
     deviation = squares.sum() - n * rounding.square().sum()
-    errors = torch.linalg.vector_norm(x - recon, dim=1).square() * weight
+    errors = torch.where(chosen, torch.linalg.vector_norm(x - recon, dim=1).square(), 0)
     sums = torch.stack([errors.sum(dtype=torch.float64), deviation.clamp(min=0)])
     return n, errors, near_mean.double() + rounding, sums
 
